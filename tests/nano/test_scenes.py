@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from controlkit.apps.cli import main
+from controlkit.bases.stable_diffusion import StableDiffusion
 from controlkit.controls.gligen import GLIGEN
 from controlkit.formats.load import save_control
 from controlkit.nano import evaluate_scenes as evaluation
@@ -167,6 +168,11 @@ class TestTraining:
         (tmp_path / "none.txt").write_text("no-such-thing")
         with refused("empty-data", "two"):
             objective_of(dataclasses.replace(recipe, concepts=str(tmp_path / "none.txt")))
+
+    def test_a_base_of_another_size_is_refused(self, recipe, monkeypatch):
+        monkeypatch.setattr(StableDiffusion, "size", 128)
+        with refused("contradiction", "64 x 64", "128 x 128", "base=nano"):
+            objective_of(recipe)
 
 
 class TestEvaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def copies(module):
 
 def changed(before, module):
     return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def test_a_base_of_another_size_than_that_of_drawings_is_refused(recipe, base_folder, tmp_path):
+    larger = tmp_path / "larger"
+    shutil.copytree(base_folder, larger)
+    config = larger / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 32}))
+    with refused("contradiction", "64 x 64", "128 x 128", "base=nano"):
+        ControlObjective(dataclasses.replace(recipe, base=str(larger)), CPU)
 
 
 def test_no_gradient_is_ever_made_for_the_base(recipe):

@@ -8,15 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlkit.bases.base import Base
 from controlkit.data.cache import Spec, Store
 from controlkit.data.cached_rows import CachedRows
 from controlkit.data.segments import Part, Rows, digests_of
+from controlkit.errors import UserError
 from controlkit.files import sha256_of
 from controlkit.images import to_tensor
-from controlkit.nano.icons import COLOURS, LEAST_SCALE, Drawing, Icon, caption_of, draw
+from controlkit.nano.icons import COLOURS, DRAWN_SIZE, LEAST_SCALE, Drawing, Icon, caption_of, draw
 from controlkit.training.pair_cache import as_rows, gather_rows, start_of_process
 
 _BATCH = 64
+
+
+def check_drawn_size(base: Base) -> None:
+    """Raises:
+    UserError: `base` makes images of another size than that of drawings.
+    """
+    if base.size != DRAWN_SIZE:
+        raise UserError(
+            f"icons are drawn in {DRAWN_SIZE} x {DRAWN_SIZE} pixels, and {base.name} makes images of {base.size} x"
+            f" {base.size}; set base=nano, or train on `pairs`",
+            "contradiction",
+        )
 
 
 class Drawings:

@@ -14,7 +14,7 @@ from controlkit.bases.identity import network_key
 from controlkit.conditions import find
 from controlkit.controls.control import Control
 from controlkit.images import stacked
-from controlkit.nano.drawings import Drawings
+from controlkit.nano.drawings import Drawings, check_drawn_size
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, draw
 from controlkit.training.recipe import ControlRecipe
 from controlkit.training.sources.registry import source
@@ -51,6 +51,7 @@ class IconSource(Source):
         self.targets = [drawing.image for drawing in self.held_out_drawings]
 
     def prepare(self, base: Base, control: Control) -> None:
+        check_drawn_size(base)
         self.drawings = Drawings(
             self.sets.select(styles=TRAINED_STYLES, held_out=False),
             self.recipe.variants,

@@ -60,6 +60,8 @@ COLOURS = {
 }
 """Background colours of captions, in RGB."""
 
+DRAWN_SIZE = 64
+"""Side of a drawing in pixels."""
 LEAST_SCALE = 0.75
 """Minimum side of an icon as a fraction of the drawing's."""
 
@@ -252,7 +254,7 @@ def caption_of(concept: str, style: str | None = None, colour: str | None = None
 def draw(
     icon: Icon,
     rng: np.random.Generator,
-    size: int = 64,
+    size: int = DRAWN_SIZE,
     colour: str | None = None,
     jitter: int = 12,
     least_scale: float = LEAST_SCALE,
@@ -277,7 +279,7 @@ def draw(
     )
 
 
-def background(colour: str, rng: np.random.Generator, size: int = 64, jitter: int = 12) -> np.ndarray:
+def background(colour: str, rng: np.random.Generator, size: int = DRAWN_SIZE, jitter: int = 12) -> np.ndarray:
     """A square of a named colour, `float32 [size, size, 3]` in 0-255, off by at most `jitter` per channel."""
     image = np.empty((size, size, 3), np.float32)
     image[:] = np.clip(np.array(COLOURS[colour]) + rng.integers(-jitter, jitter + 1, 3), 0, 255)

@@ -13,6 +13,7 @@ from controlkit.controls.control import Control
 from controlkit.controls.inputs import takes_values
 from controlkit.errors import UserError
 from controlkit.images import to_tensor
+from controlkit.nano.drawings import check_drawn_size
 from controlkit.nano.icons import TRAINED_STYLES, IconSets, read_concepts, unused_concepts
 from controlkit.nano.scene_metrics import mean_iou
 from controlkit.nano.scenes import Scene, by_style, draw_scene, picture_of_boxes, scene_caption
@@ -84,6 +85,7 @@ class SceneSource(Source):
         return unused_concepts(self.recipe.concepts, self.concepts, drawn, reasons)
 
     def prepare(self, base: Base, control: Control) -> None:
+        check_drawn_size(base)
         self.base = base
 
     def batch(self, condition: str, step: Step) -> Batch:
