@@ -254,6 +254,7 @@ OF_TRANSFORMERS = {
     "flux-control-lora": "flux1-dev",
     "controlnet-qwen-image-fun": "qwen-image",
     "controlnet-qwen-image": "qwen-image",
+    "controlnet-sana": "sana-600m",
     "controlnet-sd3": "sd3-medium",
     "controlnet-flux": "flux1-dev",
     "controlnet-flux2-fun": "flux2-dev",
@@ -387,6 +388,86 @@ def build_tiny_z_image(seed: int = 0, **transformer):
     for name in ("x_pad_token", "cap_pad_token"):
         torch.nn.init.normal_(getattr(parts["transformer"], name))
     return ZImage(name="tiny-z-image", scheduler_config=Z_IMAGE_PARTS["scheduler"], tokenizer=qwen_tokenizer(), **parts)
+
+
+SANA_PARTS = {
+    "transformer": {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "num_layers": 4,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "caption_channels": 16,
+        "mlp_ratio": 2.0,
+        "sample_size": 8,
+        "patch_size": 1,
+    },
+    "vae": {
+        "latent_channels": 8,
+        "attention_head_dim": 8,
+        "encoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
+        "decoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
+        "encoder_block_out_channels": [8, 8, 16, 16],
+        "decoder_block_out_channels": [8, 8, 16, 16],
+        "encoder_layers_per_block": [1, 1, 1, 1],
+        "decoder_layers_per_block": [1, 1, 1, 1],
+        "encoder_qkv_multiscales": [[], [], [3], [3]],
+        "decoder_qkv_multiscales": [[], [], [3], [3]],
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": 0.41407,
+    },
+    "text_encoder": {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 4096,
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "flow_shift": 3.0,
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+    },
+}
+"""The parts of a tiny Sana, under the names of a diffusers folder."""
+
+
+def gemma_tokenizer():
+    """A tokenizer of Gemma's kind that reads bytes."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GemmaTokenizer
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = GemmaTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=[])
+    first = [("<bos>", words.index("<bos>"))]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=first)
+    return tokenizer
+
+
+def build_tiny_sana(seed: int = 0, **transformer):
+    """A Sana with a transformer of four blocks, 64 x 64 images, random weights.
+
+    Args:
+        transformer: other settings of the transformer.
+    """
+    from controlkit.bases.sana import Sana
+
+    torch.manual_seed(seed)
+    configurations = {**SANA_PARTS, "transformer": {**SANA_PARTS["transformer"], **transformer}}
+    parts = {one.name: one.build(configurations[one.name]) for one in Sana.components if one.is_network}
+    return Sana(name="tiny-sana", scheduler_config=SANA_PARTS["scheduler"], tokenizer=gemma_tokenizer(), **parts)
 
 
 QWEN_IMAGE_PARTS = {
@@ -590,16 +671,16 @@ def tiny_of_known(name: str):
         "flux2-klein": build_tiny_flux2_klein,
         "z-image": build_tiny_z_image,
         "qwen-image": build_tiny_qwen_image,
+        "sana": build_tiny_sana,
     }
     return next((build for start, build in builds.items() if name.startswith(start)), build_tiny_sd3)()
 
 
 def parts_of(base):
     """Arguments of diffusers' pipeline of a rectified flow."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     parts = {one.name: getattr(base, one.name) for one in base.components if not one.is_scheduler}
-    return {**parts, "scheduler": FlowMatchEulerDiscreteScheduler(**base.scheduler_config)}
+    scheduler = next(one for one in base.components if one.is_scheduler)
+    return {**parts, "scheduler": scheduler.load_class()(**base.scheduler_config)}
 
 
 def saved_pipeline(base, folder):

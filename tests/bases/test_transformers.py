@@ -28,6 +28,7 @@ OF_UNETS = list(tiny.unet_systems().values())
         tiny.build_tiny_qwen_image,
         tiny.build_tiny_flux2,
         tiny.build_tiny_flux2_klein,
+        tiny.build_tiny_sana,
     ],
 )
 def base(request):

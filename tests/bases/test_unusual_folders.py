@@ -27,6 +27,7 @@ from tiny import (
     build_tiny_flux2,
     build_tiny_flux2_klein,
     build_tiny_qwen_image,
+    build_tiny_sana,
     build_tiny_sd3,
     build_tiny_z_image,
     parts_of,
@@ -122,6 +123,7 @@ def test_a_missing_tokenizer_is_not_looked_up_elsewhere(base_folder, monkeypatch
         (build_tiny_qwen_image, 512),
         (build_tiny_flux2, 512),
         (build_tiny_flux2_klein, 512),
+        (build_tiny_sana, 300),
     ],
 )
 def test_how_much_of_a_prompt_is_read_needs_no_weights(build, tokens, tmp_path):

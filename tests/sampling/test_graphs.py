@@ -28,6 +28,7 @@ from tiny import (
     build_tiny_flux,
     build_tiny_flux2,
     build_tiny_qwen_image,
+    build_tiny_sana,
     build_tiny_sd3,
     build_tiny_sdxl,
     build_tiny_z_image,
@@ -145,6 +146,7 @@ def test_a_control_of_a_transformer(system, condition_image):
         build_tiny_flux2,
         build_tiny_z_image,
         build_tiny_qwen_image,
+        build_tiny_sana,
     ],
 )
 def test_other_families(build):

@@ -26,6 +26,7 @@ from tiny import (
     build_tiny_flux,
     build_tiny_flux2,
     build_tiny_qwen_image,
+    build_tiny_sana,
     build_tiny_sd3,
     build_tiny_z_image,
     tiny_of_known,
@@ -64,7 +65,8 @@ def test_no_step_reads_the_device(sampler, on_meta):
 
 
 @pytest.mark.parametrize(
-    "build", [build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image, build_tiny_flux2]
+    "build",
+    [build_tiny_sd3, build_tiny_flux, build_tiny_z_image, build_tiny_qwen_image, build_tiny_flux2, build_tiny_sana],
 )
 @pytest.mark.parametrize("sampler", FLOW_SOLVERS)
 def test_no_step_of_a_rectified_flow_reads_the_device(sampler, build):

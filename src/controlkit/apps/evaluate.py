@@ -63,10 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1 dev 3.5, Z-Image 5, FLUX.2"
-        " and Qwen-Image 4)",
+        help="guidance scale (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1 dev 3.5, Z-Image 5, Sana"
+        " 4.5, FLUX.2 and Qwen-Image 4)",
     )
-    parser.add_argument("--sampler", help="as of generate (default: ddim; euler for bases with a transformer)")
+    parser.add_argument("--sampler", help="as of generate (default: ddim, of Sana dpm++, of other transformers euler)")
     parser.add_argument("--weight", type=float, help="conditioning scale of the controls (default: 1)")
     parser.add_argument(
         "--mode", help="guidance mode of the controls, as of generate (default: control for nano, else balanced)"

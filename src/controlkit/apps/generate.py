@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip-skip",
         type=int,
         help="layer of the CLIP text encoders, 1 for the last, 2 for the one before, as in A1111 (default: that of the"
-        " base: 1, or 2 for SDXL and SD3; not for FLUX, Z-Image, Qwen-Image)",
+        " base: 1, or 2 for SDXL and SD3; not for FLUX, Z-Image, Qwen-Image, Sana)",
     )
     parser.add_argument(
         "--embedding",
@@ -144,7 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         help="guidance scale; 1 is off; FLUX.1 dev reads it (default: nano 3, SD1 and SD2 7.5, SDXL 5, SD3 7, FLUX.1"
-        " dev 3.5, schnell 1, FLUX.2 4, distilled klein 1, Z-Image 5, Turbo 1, Qwen-Image 4)",
+        " dev 3.5, schnell 1, FLUX.2 4, distilled klein 1, Z-Image 5, Turbo 1, Qwen-Image 4,"
+        " Sana 4.5)",
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the size of the base)")
     parser.add_argument("--height", type=int, help="in pixels (default: the size of the base)")
@@ -180,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ddim, dpm++, dpm++-2m-sde, unipc, ddpm or lcm; not for nano: plms, euler, euler-a, heun, dpm2,"
         " dpm2-a; and -karras after dpm++, dpm++-2m-sde, euler, heun, dpm2, dpm2-a. Bases with a transformer: euler,"
         ' dpm++ or unipc. Names of A1111, ComfyUI and diffusers are understood, such as "DPM++ 2M Karras" (default:'
-        " ddim; euler for bases with a transformer)",
+        " ddim, of Sana dpm++, of other transformers euler)",
     )
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 16 small ones, 4 of 512 x 512)")
     parser.add_argument(

@@ -11,6 +11,7 @@ from controlkit.bases.component import Configurations
 from controlkit.bases.flux import Flux
 from controlkit.bases.flux2 import Flux2, Flux2Klein
 from controlkit.bases.qwen_image import QwenImage
+from controlkit.bases.sana import Sana
 from controlkit.bases.sd3 import StableDiffusion3
 from controlkit.bases.sdxl import StableDiffusionXL
 from controlkit.bases.stable_diffusion import StableDiffusion
@@ -21,6 +22,7 @@ from controlkit.files import read_json
 FAMILIES: tuple[type[Base], ...] = (
     QwenImage,
     ZImage,
+    Sana,
     Flux2Klein,
     Flux2,
     Flux,

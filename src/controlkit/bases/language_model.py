@@ -1,4 +1,4 @@
-"""Bases that read prompts by a language model, in a chat template: what FLUX.2, Z-Image and Qwen-Image share."""
+"""Bases that read prompts by a language model: what FLUX.2, Z-Image, Qwen-Image and Sana share."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class LanguageModelBase(TransformerBase):
 
     left_out: ClassVar[int] = 0
     """First tokens of the chat, whose states the network does not read."""
+    tokens_read: ClassVar[int] = PROMPT_TOKENS
+    """Maximum length of a prompt."""
     tokenizer_title: ClassVar[str]
     """Its tokenizer in text."""
     padding_side: ClassVar[str] = "right"
@@ -48,7 +50,7 @@ class LanguageModelBase(TransformerBase):
         return (type(self).__name__, self.text_width, self.chat(""))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        length = self.left_out + PROMPT_TOKENS
+        length = self.left_out + self.tokens_read
         known = prompts.ids_of(self.tokenizer, length) if isinstance(prompts, TokenizedPrompts) else None
         if known is not None:
             return (known,)
@@ -71,15 +73,15 @@ class LanguageModelBase(TransformerBase):
         return own.flip(1).cummax(1).values.flip(1)
 
     def zero_text(self) -> Text:
-        return Text(torch.zeros(1, PROMPT_TOKENS, self.text_width))
+        return Text(torch.zeros(1, self.tokens_read, self.text_width))
 
     @property
     def prompt_tokens(self) -> int:
-        return PROMPT_TOKENS
+        return self.tokens_read
 
     def cut_from(self, prompt: str) -> str:
         before = self.chat("\0").partition("\0")[0]
-        room = self.left_out + PROMPT_TOKENS - len(self.tokenizer(before, add_special_tokens=False).input_ids)
+        room = self.left_out + self.tokens_read - len(self.tokenizer(before, add_special_tokens=False).input_ids)
         ids = self.tokenizer(valid_text(prompt, "the prompt"), add_special_tokens=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[room:]).strip()
 
@@ -98,7 +100,7 @@ class LanguageModelBase(TransformerBase):
 class MaskedPromptBase(LanguageModelBase):
     """One whose network reads no padding of prompts, or its own.
 
-    All prompts have one length and a mask, `Text["mask"]` `bool [B, PROMPT_TOKENS]`: which tokens are of the prompt.
+    All prompts have one length and a mask, `Text["mask"]` `bool [B, tokens_read]`: which tokens are of the prompt.
     `fitted` leaves out what no prompt of a run needs.
     """
 
@@ -110,7 +112,7 @@ class MaskedPromptBase(LanguageModelBase):
     def encode_text(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
     ) -> Text:
-        """Prompts => states `[B, PROMPT_TOKENS, D]`, zero after the prompt, and `mask`.
+        """Prompts => states `[B, tokens_read, D]`, zero after the prompt, and `mask`.
 
         Weighted prompts, textual inversions and other layers are not supported, because the encoder is a language model
         that reads the prompt in a chat template.
@@ -125,7 +127,7 @@ class MaskedPromptBase(LanguageModelBase):
         device = self.text_encoder.device
         states = self.states(ids[:, :longest].to(device), mask[:, :longest].to(device))
         states = (states * mask[:, :longest, None].to(states))[:, self.left_out :]
-        tokens = pad(states, (0, 0, 0, PROMPT_TOKENS - states.shape[1]))
+        tokens = pad(states, (0, 0, 0, self.tokens_read - states.shape[1]))
         return Text(tokens.to(self.device, self.dtype), mask=mask[:, self.left_out :].to(self.device))
 
     def fitted(self, *texts: Text) -> list[Text]:
@@ -142,7 +144,7 @@ class MaskedPromptBase(LanguageModelBase):
         return made
 
     def zero_text(self) -> Text:
-        mask = torch.ones(1, PROMPT_TOKENS, dtype=torch.bool)
+        mask = torch.ones(1, self.tokens_read, dtype=torch.bool)
         return Text(super().zero_text().tokens, mask=mask)
 
 

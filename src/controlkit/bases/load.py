@@ -42,8 +42,8 @@ def load_base(
     random_weights: bool = False,
     denoiser_aside: bool = False,
 ) -> Base:
-    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, and models of
-    the same architectures.
+    """Load a base, frozen: Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Sana, and models
+    of the same architectures.
 
     Inpainting models (UNets of 9 input channels) only generate, from an image and a mask (`Base.is_inpainting`).
 

@@ -46,6 +46,8 @@ class TextOptions:
     """Layer of the CLIP encoders whose states are used, counted from the last, which is 1. Default: the base's own."""
     embeddings: Sequence[Embedding] = ()
     """Learned words."""
+    negative: bool = False
+    """Whether the prompt is a negative one, before which Sana's text encoder reads no instruction."""
 
     def __post_init__(self) -> None:
         check_syntax(self.syntax)

@@ -22,7 +22,7 @@ class Text:
         tokens: `[B, L, D]`, hidden states for cross attention.
         others: more tensors of batch `B`, by name. Stable Diffusion XL has `pooled` `[B, D2]`, one vector per prompt,
             and `time_ids` `[B, 6]`: original size, crop and target size. Stable Diffusion 3 has `pooled`,
-            Z-Image and Qwen-Image `mask` `[B, L]`, which tokens are of the prompt.
+            Z-Image, Qwen-Image and Sana `mask` `[B, L]`, which tokens are of the prompt.
     """
 
     def __init__(self, tokens: Tensor, **others: Tensor) -> None:

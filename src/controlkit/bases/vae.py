@@ -233,5 +233,7 @@ def _check_statistics(name: str, vae: Any, own: Any) -> None:
 
 def _factor(config: Any) -> int:
     """Pixels per latent position, along each side."""
-    halvings = config.get("temperal_downsample") or config["block_out_channels"][1:]
+    halvings = config.get("temperal_downsample")
+    if not halvings:
+        halvings = config.get("block_out_channels", config.get("encoder_block_out_channels"))[1:]
     return int(2 ** len(halvings))

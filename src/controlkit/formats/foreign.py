@@ -61,8 +61,8 @@ _UNSUPPORTED_CONTROLS = (
 )
 _RULES = (
     _Rule(
-        "a ControlNet of a diffusion transformer (HunyuanDiT, Sana or similar, or FLUX.1 under XLabs' original names),"
-        " which is not supported; of Stable Diffusion 3, FLUX.1, Z-Image and Qwen-Image those in diffusers' format are,"
+        "a ControlNet of a diffusion transformer (HunyuanDiT or similar, or FLUX.1 under XLabs' original names), which"
+        " is not supported; of Stable Diffusion 3, FLUX.1, Z-Image, Qwen-Image and Sana those in diffusers' format are,"
         " of FLUX.2 and Qwen-Image alibaba-pai's",
         _has("controlnet_(blocks|x_embedder|single_blocks)|.*controlnet_blocks"),
     ),

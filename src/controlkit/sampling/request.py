@@ -53,7 +53,7 @@ class GenerateRequest:
     clip_skip: int | None = None
     """Layer of the CLIP text encoders whose states are used, counted from the last, which is 1, as in A1111 (diffusers'
     `clip_skip` is one less for Stable Diffusion 1 and 2, two less for XL and 3). Default: the base's own: 1, or 2 for
-    Stable Diffusion XL and 3. Not for FLUX, Z-Image and Qwen-Image."""
+    Stable Diffusion XL and 3. Not for FLUX, Z-Image, Qwen-Image and Sana."""
     embeddings: tuple[str, ...] = ()
     """Files of textual inversions (.safetensors, .pt, .bin). The name of the file, without its suffix, is the word that
     stands for it in the prompts; `WORD=FILE` gives another."""
@@ -79,8 +79,8 @@ class GenerateRequest:
     guidance: float | None = None
     """Classifier-free guidance scale; 1 switches it off (Ho and Salimans 2022, eq. 6 with w = scale - 1). Default: that
     of the base, 3 for nano, 7.5 for Stable Diffusion 1 and 2, 5 for XL and Z-Image, 7 for 3, 4 for FLUX.2 and
-    Qwen-Image, 1 for distilled models. FLUX.1 dev (default: 3.5) and FLUX.2 dev read it as an input of their network,
-    without branches."""
+    Qwen-Image, 4.5 for Sana, 1 for distilled models. FLUX.1 dev (default: 3.5) and FLUX.2 dev read it as an input of
+    their network, without branches."""
     width: int | None = None
     """In pixels. Default: the size of the base."""
     height: int | None = None
@@ -110,9 +110,10 @@ class GenerateRequest:
     `plms`, `euler`, `euler-karras`, `euler-a`, `heun`, `heun-karras`, `dpm2`, `dpm2-karras`, `dpm2-a`,
     `dpm2-a-karras`, `ddpm`, `lcm`) or that of A1111, ComfyUI or diffusers. `dpm++-2m-sde`, `euler-a`, `dpm2-a`, `ddpm`
     and `lcm` add noise, from the image's seed. Stable Diffusion 1, 2 and XL take all. A schedule that ends in pure
-    noise, as nano's does, takes `ddim`, `dpm++`, `dpm++-2m-sde`, `unipc`, `ddpm` and `lcm`; a rectified flow (Stable
-    Diffusion 3) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the most.
-    Default: that of the base, `ddim`, or `euler` for Stable Diffusion 3."""
+    noise, as nano's does, takes `ddim`, `dpm++`, `dpm++-2m-sde`, `unipc`, `ddpm` and `lcm`; a rectified flow (bases
+    with a transformer) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the most.
+    Default: that of the base, `ddim`, or
+    with a transformer `euler`, of Sana `dpm++`."""
     batch_size: int | None = None
     """Images per batch; changes the memory needed, and images by rounding only. Default: 16 up to 256 x 256, fewer for
     larger ones (4 of 512 x 512)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,9 @@ def sample_prompts(
                 texts = [encode(prompts if len(prompts) == 1 else prompts[group], size, text)]
                 texts = [base.guided(each, guidance) for each in texts]
                 if guidance > 1 and not base.reads_guidance:
-                    texts.insert(0, encode([negative_prompt], size, text))
+                    # The empty prompt is the same on both sides.
+                    options = replace(text, negative=True) if negative_prompt else text
+                    texts.insert(0, encode([negative_prompt], size, options))
                 texts = base.fitted(*texts)
             active = [use.of_images(group) for use in uses]
             at_once = rows_at_once(width, height)

@@ -3,7 +3,7 @@
 `schedule.py` is the interface; each kind of schedule is one file.
 """
 
-from controlkit.bases.schedules.rectified_flow import EvenlySpacedFlow, Flux2Flow, RectifiedFlow
+from controlkit.bases.schedules.rectified_flow import EvenlySpacedFlow, Flux2Flow, RectifiedFlow, SanaFlow
 from controlkit.bases.schedules.schedule import TIME_SAMPLINGS, Schedule
 from controlkit.bases.schedules.solvers import Solver
 from controlkit.bases.schedules.variance_preserving import VariancePreserving
@@ -15,6 +15,7 @@ __all__ = [
     "EvenlySpacedFlow",
     "Flux2Flow",
     "RectifiedFlow",
+    "SanaFlow",
     "Schedule",
     "Solver",
     "VariancePreserving",

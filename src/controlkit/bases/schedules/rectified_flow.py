@@ -126,6 +126,18 @@ class EvenlySpacedFlow(RectifiedFlow):
         return [(steps - step) / steps for step in range(steps)]
 
 
+class SanaFlow(RectifiedFlow):
+    """That of Sana, whose scheduler in diffusers is `DPMSolverMultistepScheduler`.
+
+    Args:
+        config: of that, or of `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        super().__init__({"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift})
+
+
 class Flux2Flow(EvenlySpacedFlow):
     """That of FLUX.2: with dynamic shifting, the shift exp(mu) depends on the numbers of tokens and of steps."""
 
