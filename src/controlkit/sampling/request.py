@@ -111,9 +111,8 @@ class GenerateRequest:
     `dpm2-a-karras`, `ddpm`, `lcm`) or that of A1111, ComfyUI or diffusers. `dpm++-2m-sde`, `euler-a`, `dpm2-a`, `ddpm`
     and `lcm` add noise, from the image's seed. Stable Diffusion 1, 2 and XL take all. A schedule that ends in pure
     noise, as nano's does, takes `ddim`, `dpm++`, `dpm++-2m-sde`, `unipc`, `ddpm` and `lcm`; a rectified flow (bases
-    with a transformer) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the most.
-    Default: that of the base, `ddim`, or
-    with a transformer `euler`, of Sana `dpm++`."""
+    with a transformer) `euler`, `dpm++` and `unipc`. `lcm` needs a model or LoRA distilled for it, 50 steps at the
+    most. Default: that of the base, `ddim`, or with a transformer `euler`, of Sana `dpm++`."""
     batch_size: int | None = None
     """Images per batch; changes the memory needed, and images by rounding only. Default: 16 up to 256 x 256, fewer for
     larger ones (4 of 512 x 512)."""
