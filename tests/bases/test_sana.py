@@ -183,9 +183,15 @@ def test_sprint_and_other_shapes_are_refused():
 
 
 def test_a_single_file_is_refused_in_words(tmp_path):
-    save_file({"attention_y_norm.weight": torch.zeros(2)}, tmp_path / "sana.safetensors")
-    with refused("unsupported", tmp_path / "sana.safetensors", "diffusers folder"):
-        load_base(tmp_path / "sana.safetensors")
+    for names in (["attention_y_norm.weight"], ["caption_norm.weight", "proj_out.weight"]):
+        save_file({name: torch.zeros(2) for name in names}, tmp_path / "sana.safetensors")
+        with refused("unsupported", tmp_path / "sana.safetensors", "diffusers folder"):
+            load_base(tmp_path / "sana.safetensors")
+
+
+def test_previews_are_refused_in_words(base):
+    with refused("unsupported", "tiny-sana", "no matrix is known"):
+        ours(base, on_step=lambda step: step.preview())
 
 
 def test_its_own_autoencoder_is_replaced_by_one_of_its_kind(base, tmp_path):

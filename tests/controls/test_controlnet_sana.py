@@ -143,6 +143,23 @@ def test_it_is_saved_and_loaded(base, image, tmp_path):
     assert describe(path)["blocks"] == "2"
 
 
+def test_one_with_positions_is_saved_loaded_and_told_from_others(base, image, tmp_path):
+    """As of Sana for larger images."""
+    other = build_tiny_sana(interpolation_scale=1.0)
+    control = trained(ControlNetSana.for_base(other))
+    path = save_control(tmp_path / "mine.safetensors", control, other, dtype=torch.float32)
+    assert same(other, control, load_control(path, other), image)
+    assert (ours(other, ActiveControl(control, control.encode(image, other)))).isfinite().all()
+    convert(path, tmp_path / "folder", to="diffusers")
+    assert same(other, control, load_control(tmp_path / "folder", other), image)
+    with refused("incompatible", path, "interpolation scale: 1.0, the base's: None"):
+        load_control(path, base)
+    assert "interpolation scale" in ControlNetSana.for_base(base).incompatibility(other)
+    assert "sample size: 8, the base's: 16" in control.incompatibility(
+        build_tiny_sana(interpolation_scale=1.0, sample_size=16)
+    )
+
+
 def test_diffusers_folder_is_read_and_written(base, image, tmp_path):
     control = trained(ControlNetSana.for_base(base))
     path = save_control(tmp_path / "mine.safetensors", control, base, dtype=torch.float32)

@@ -15,6 +15,7 @@ from toy_training import Toy, toy_recipe
 import tiny
 from controlkit.bases.base import Base
 from controlkit.bases.load import load_base
+from controlkit.bases.prompt_encoding import TextOptions
 from controlkit.controls.ctrlora import BaseControlNet, CtrLoRA
 from controlkit.controls.registry import find
 from controlkit.data.pairs import write_pairs
@@ -233,6 +234,8 @@ def test_other_prompts_are_encoded_where_the_text_encoder_is(tiny_base):
     both = tiny_base.encode_text(["red", "blue"]).tokens
     assert torch.equal(offload.encode_text(["red", "blue"]).tokens, both)
     assert torch.equal(offload.encode_text(["red"]).tokens, red.tokens)
+    other = CPUOffload(tiny_base, lambda prompts: tiny_base.encode_text(["blue"]))
+    assert torch.equal(other.encode_text(["red"], None, TextOptions(negative=True)).tokens, red.tokens)
 
 
 def test_the_switches_are_not_what_tells_runs_apart_where_they_change_nothing(tmp_path):

@@ -321,7 +321,8 @@ class Sana(MaskedPromptBase):
         Raises:
             UserError: it is a file of Sana's transformer.
         """
-        if any(key.endswith("attention_y_norm.weight") for key in shapes):
+        of_nvidia = any(key.endswith("attention_y_norm.weight") for key in shapes)
+        if of_nvidia or {"caption_norm.weight", "proj_out.weight"} <= set(shapes):
             raise UserError(
                 f"{name} is the transformer of Sana in one file, which is not read; use the model's diffusers folder"
                 " (such as Efficient-Large-Model/Sana_1600M_1024px_diffusers)",

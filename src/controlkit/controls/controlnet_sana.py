@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
 from controlkit.bases.base import Base
@@ -147,6 +148,23 @@ class ControlNetSana(TransformerCopy, OneImage):
             "mlp_ratio": tensors["transformer_blocks.0.ff.conv_point.weight"].shape[1] / width,
         }
 
+    def load_file_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_file_state(state)
+        # Its positions are in no file: those of a network that was built on the meta device have no values.
+        own = self.network.patch_embed
+        if own.pos_embed is not None and own.pos_embed.is_meta:
+            config = self.network.config
+            with torch.device("cpu"):
+                made = PatchEmbed(
+                    height=config.sample_size,
+                    width=config.sample_size,
+                    patch_size=config.patch_size,
+                    in_channels=config.in_channels,
+                    embed_dim=_width(config),
+                    interpolation_scale=config.interpolation_scale,
+                )
+            own.pos_embed = made.pos_embed
+
     @classmethod
     def is_native(cls, tensors: Mapping[str, Tensor]) -> bool:
         return {"input_block.weight", "controlnet_blocks.0.weight", "caption_norm.weight"} <= set(tensors)
@@ -180,7 +198,9 @@ class ControlNetSana(TransformerCopy, OneImage):
 
     def sizes_beside(self, transformer: Any) -> Mapping[str, tuple[Any, Any]]:
         own, of_base = self.network.config, transformer.config
-        return {name.replace("_", " "): (own[name], of_base[name]) for name in _SHARED}
+        # Positions depend on the size for which they are made.
+        positions = ("interpolation_scale", "sample_size") if own["interpolation_scale"] else ("interpolation_scale",)
+        return {name.replace("_", " "): (own[name], of_base[name]) for name in (*_SHARED, *positions)}
 
     # Description
 

@@ -61,6 +61,10 @@ _UNSUPPORTED_CONTROLS = (
 )
 _RULES = (
     _Rule(
+        "a ControlNet for Sana with its base in one file, as NVIDIA's, which is not supported; diffusers' folder is",
+        _has("controlnet\\.\\d+\\.copied_block\\."),
+    ),
+    _Rule(
         "a ControlNet of a diffusion transformer (HunyuanDiT or similar, or FLUX.1 under XLabs' original names), which"
         " is not supported; of Stable Diffusion 3, FLUX.1, Z-Image, Qwen-Image and Sana those in diffusers' format are,"
         " of FLUX.2 and Qwen-Image alibaba-pai's",

@@ -62,6 +62,11 @@ class Step:
         """
         z = pixel_shuffle(self.clean(), self.base.latents.group)
         rows = self.base.latent_rgb
+        if not rows:
+            raise UserError(
+                f"previews of {self.base.name} are not possible: no matrix is known for the latents of its family",
+                "unsupported",
+            )
         if len(rows) not in (z.shape[1], z.shape[1] + 1):
             raise UserError(
                 f"previews of {self.base.name} are not possible: it has {z.shape[1]} latent channels, and the matrix of"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from controlkit.bases.base import Base
+from controlkit.bases.prompt_encoding import PLAIN, TextOptions
 from controlkit.bases.text import Text
 from controlkit.controls.control import Control
 
@@ -55,11 +55,14 @@ class CPUOffload:
             encoder.to(cpu)
         self._move(cpu)
 
-    def encode_text(self, prompts: Sequence[str], *settings: Any) -> Text:
-        """As `Base.encode_text`; prompts that are cached are as they were encoded, for the base's own size and without
-        options, others are encoded on the CPU."""
-        if (text := self._embedded(prompts)) is None:
-            return self.base.encode_text(prompts, *settings)
+    def encode_text(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, options: TextOptions = PLAIN
+    ) -> Text:
+        """As `Base.encode_text`; plain prompts that are cached are as they were encoded, for the base's own size;
+        others are encoded on the CPU."""
+        text = self._embedded(prompts) if options == PLAIN else None
+        if text is None:
+            return self.base.encode_text(prompts, size, options)
 
         def on_device(value: Tensor) -> Tensor:
             return value.to(self.device, self.base.dtype if value.is_floating_point() else value.dtype)
