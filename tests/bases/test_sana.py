@@ -190,7 +190,7 @@ def test_a_single_file_is_refused_in_words(tmp_path):
 
 
 def test_previews_are_refused_in_words(base):
-    with refused("unsupported", "tiny-sana", "no matrix is known"):
+    with refused("unsupported", "tiny-sana", "no matrix is known", "8 latent channels"):
         ours(base, on_step=lambda step: step.preview())
 
 

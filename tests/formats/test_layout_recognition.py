@@ -66,7 +66,7 @@ FOREIGN = {
     "a ControlNet Union": ["control_add_embedding.linear_1.bias", "task_embedding", "input_blocks.0.0.weight"],
     "a ControlNet-XS in its original layout": ["control_model.enc_zero_convs_in.0.0.weight"],
     "a ControlNet of a diffusion transformer": ["controlnet_blocks.0.weight", "x_embedder.weight"],
-    "a ControlNet for Sana with its base in one file": ["controlnet.0.copied_block.attn.qkv.weight", "x_embedder.w"],
+    "a Sana with its control in one file": ["controlnet.0.copied_block.attn.qkv.weight", "x_embedder.w"],
     "a motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
     "an optimizer or training state": ["optimizer.state.0.exp_avg"],
     "unknown (2 tensors, such as a)": ["a", "b.weight"],

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="a base (nano, a folder, a file, a hub id, or sd15, sd21, sdxl, sd3-medium, sd35-medium, sd35-large,"
         " flux1-dev, flux1-schnell, flux2-dev, flux2-klein-4b, flux2-klein-9b, z-image, z-image-turbo, qwen-image,"
-        " sana-600m, sana-1600m), a control's name or file, any other file of tensors, or a system (controlnet,"
-        " ctrlora, t2i-adapter)",
+        " sana-600m, sana-1600m), a control's name or file, any other file of tensors, or a system"
+        " (controlnet, ctrlora, t2i-adapter)",
     )
     parser.add_argument(
         "--base", help="the base of a system (default: nano, or the first it is made for), or of a control file"

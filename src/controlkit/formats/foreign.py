@@ -61,8 +61,8 @@ _UNSUPPORTED_CONTROLS = (
 )
 _RULES = (
     _Rule(
-        "a ControlNet for Sana with its base in one file, as NVIDIA's, which is not supported; diffusers' folder is",
-        _has("controlnet\\.\\d+\\.copied_block\\."),
+        "a Sana with its control in one file, as NVIDIA's, which is not supported; diffusers' folder of the control is",
+        _has(".*\\.copied_block\\."),
     ),
     _Rule(
         "a ControlNet of a diffusion transformer (HunyuanDiT or similar, or FLUX.1 under XLabs' original names), which"

@@ -64,7 +64,8 @@ class Step:
         rows = self.base.latent_rgb
         if not rows:
             raise UserError(
-                f"previews of {self.base.name} are not possible: no matrix is known for the latents of its family",
+                f"previews of {self.base.name} are not possible: no matrix is known for its {z.shape[1]} latent"
+                " channels",
                 "unsupported",
             )
         if len(rows) not in (z.shape[1], z.shape[1] + 1):
