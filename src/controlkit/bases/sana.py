@@ -231,14 +231,10 @@ class Sana(MaskedPromptBase):
         return states
 
     @property
-    def text_settings(self) -> tuple[Any, ...]:
-        return (*super().text_settings, self.tokens_read)
-
-    @property
     def text_width(self) -> int:
         return int(self.transformer.config.caption_channels)
 
-    @property
+    @cached_property
     def _instruction_tokens(self) -> int:
         """With the token at the beginning; the last of them becomes one with the prompt."""
         return len(self.tokenizer(instruction()).input_ids)

@@ -29,9 +29,9 @@ from controlkit.controls.transformer_control import TransformerCopy, count_of, w
 from controlkit.errors import UserError
 
 _HEADS = ("num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim")
-_SHARED = ("in_channels", "out_channels", *_HEADS, "cross_attention_dim", "caption_channels", "mlp_ratio")
-"""Settings that the control's network has as that of its base."""
-_ALSO_SHARED = (
+_COMPARED = ("in_channels", "out_channels", *_HEADS, "cross_attention_dim", "caption_channels", "mlp_ratio")
+"""Settings that the control's network has as that of its base, and that are compared with it."""
+_COPIED = (
     "attention_bias",
     "sample_size",
     "patch_size",
@@ -116,7 +116,7 @@ class ControlNetSana(TransformerCopy, OneImage):
                 f"{cls.title} needs a transformer of two blocks or more; that of {base.name} has one", "incompatible"
             )
         of_base = plain_config(transformer)
-        config = {name: of_base[name] for name in (*_SHARED, *_ALSO_SHARED)}
+        config = {name: of_base[name] for name in (*_COMPARED, *_COPIED)}
         network = SanaControlNetModel(**config, num_layers=min(num_layers, blocks - 1))
         return cls(with_weights_of(network, transformer, base), condition)
 
@@ -200,7 +200,7 @@ class ControlNetSana(TransformerCopy, OneImage):
         own, of_base = self.network.config, transformer.config
         # Positions depend on the size for which they are made.
         positions = ("interpolation_scale", "sample_size") if own["interpolation_scale"] else ("interpolation_scale",)
-        return {name.replace("_", " "): (own[name], of_base[name]) for name in (*_SHARED, *positions)}
+        return {name.replace("_", " "): (own[name], of_base[name]) for name in (*_COMPARED, *positions)}
 
     # Description
 
